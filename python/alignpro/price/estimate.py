@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from alignpro.bench.machine import available_bytes, rss_bytes
-from alignpro.config import ModelConfig, TrainConfig, target_of
+from alignpro.config import ModelConfig, SelfImproveConfig, TrainConfig, target_of
 from alignpro.models.endpoint import priced
 from alignpro.price.devices import CPU_RATES, Device, Rates, gpu, read_rates, this_cpu
-from alignpro.price.lengths import find_lengths, local_prompts
+from alignpro.price.lengths import Lengths, find_lengths, local_prompts
 from alignpro.price.models import PricedModel, find_priced
-from alignpro.price.work import Asked, Phase, Work, count_step
+from alignpro.price.work import Phase, Work, count_step
 from alignpro.train.schedule import load_optimizer
 
 # Of a trained number: itself, its gradient and AdamW's two moments; what the engine works with,
@@ -91,13 +91,11 @@ def price_train(
         fits = next(words for need, words in needs if need <= device.memory_bytes)
     models = {"prompter": prompter.summary()}
     if target is not None:
-        models["target"] = target.summary() | {"shared": _shared(config, prompter, target)}
+        models["target"] = target.summary() | {"shared": is_shared(config, prompter, target)}
     left_out = ["reward", "loading"] if here else ["the endpoint's time", "reward", "loading"]
     return {
         "models": models,
-        "endpoint": None
-        if work.asked is None
-        else asked_of(answers, work.asked.times(config.steps)),
+        "endpoint": None if here else asked_of(config, lengths, work.calls * config.steps),
         "lengths": asdict(lengths),
         "steps": config.steps,
         "tokens_per_step": work.tokens,
@@ -121,17 +119,20 @@ def price_train(
     }
 
 
-def asked_of(target: ModelConfig, asked: Asked) -> dict[str, Any]:
-    """What a run asks of an endpoint, its price, and which budgets end the run before."""
-    usage = priced(asked.input_tokens, asked.output_tokens, target.client)
+def asked_of(config: TrainConfig, lengths: Lengths, calls: int) -> dict[str, Any]:
+    """What a run asks of an endpoint, which reads every conversation as a whole and may write as
+    much as it is let; its price, and which budgets end the run before."""
+    target = target_of(config.prompter, config.target)
+    written = calls * config.response.max_new_tokens
+    usage = priced(calls * lengths.target, written, target.client)
     budget, tokens = target.client.budget, usage.input_tokens + usage.output_tokens
-    needs = {"calls": asked.calls, "tokens": tokens, "cost": usage.cost}
+    needs = {"calls": calls, "tokens": tokens, "cost": usage.cost}
     short = [
         name
         for name, need in needs.items()
         if need is not None and (most := getattr(budget, name)) is not None and most < need
     ]
-    return {"name": target.name, "calls": asked.calls, **asdict(usage), "budgets_too_small": short}
+    return {"name": target.name, "calls": calls, **asdict(usage), "budgets_too_small": short}
 
 
 def _place(card: Device | None, model: ModelConfig) -> tuple[str, str]:
@@ -142,7 +143,9 @@ def _place(card: Device | None, model: ModelConfig) -> tuple[str, str]:
     return "cuda", "bfloat16"
 
 
-def _shared(config: TrainConfig, prompter: PricedModel, target: PricedModel) -> bool:
+def is_shared(
+    config: TrainConfig | SelfImproveConfig, prompter: PricedModel, target: PricedModel
+) -> bool:
     """Whether prompter and target are one in memory, as `load_models` has it."""
     same = target.name == prompter.name
     if not same and prompter.files is not None and target.files is not None:
@@ -160,7 +163,7 @@ def _memory(
     """Bytes by what holds them. Of keys and values, as many as all sequences of a step need at
     once; the engine takes a quarter of the free memory at most, and lets sequences wait. Those of
     earlier steps stay while there is room, for prompts that come again."""
-    shared = target is not None and _shared(config, prompter, target)
+    shared = target is not None and is_shared(config, prompter, target)
     alone = config.policy == "target" and not shared  # no prompter is loaded
     return {
         "prompter weights": 0 if alone else prompter.weight_bytes,

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
@@ -20,10 +20,10 @@ from alignpro.data.load import is_local, load_prompts
 from alignpro.data.preferences import load_preferences
 from alignpro.models.reading import prompter_tokens, target_tokens
 from alignpro.models.tokenizer import Tokenizer
-from alignpro.price.estimate import asked_of, lora_bytes, process_bytes
+from alignpro.price.estimate import asked_of, is_shared, lora_bytes, process_bytes
 from alignpro.price.lengths import find_lengths, local_prompts
 from alignpro.price.models import PricedModel, find_priced
-from alignpro.price.work import Asked, lora_parameters, score_bytes
+from alignpro.price.work import lora_parameters, score_bytes
 from alignpro.train.micro_batches import Activations, fit_micro_batches
 from alignpro.train.preference import encode_preference, fit_preferences
 from alignpro.train.schedule import batch_indices
@@ -84,17 +84,18 @@ def price_fit(config: SftConfig | PreferConfig | DrawnConfig) -> dict[str, Any]:
     parameters = lora_parameters(model, config)
     models, memory, asked = {"trained": model}, {"weights": model.weight_bytes}, None
     if isinstance(config, DrawnConfig):
-        answers = _answers(config)
-        if answers is not None:
-            models["target"] = find_priced(answers.name).held("cpu", answers.resolved_compute)
-            memory["target weights"] = models["target"].weight_bytes
+        answers = target_of(config.prompter, config.target)
+        target = _target(config, answers, model)
+        if target is not None:
+            models["target"] = target
+            memory["target weights"] = target.weight_bytes
         positions = _positions(config, texts)
         if isinstance(config, TrainConfig) and config.closed_form.mixture is None:
-            of_target, asked = _answering(config, model, models)
-            if answers is None:  # one engine
+            of_target, asked = _answering(config, answers, len(texts), model, target or model)
+            if target is None:  # one engine
                 positions += of_target
             else:
-                kv = _kv_bytes(answers, models["target"], of_target)
+                kv = _kv_bytes(answers, target, of_target)
                 memory["keys and values of the target"] = kv
         memory["keys and values"] = _kv_bytes(trained, model, positions)
     memory |= {**lora_bytes(parameters, trained), **scoring, **process_bytes(parameters)}
@@ -117,9 +118,10 @@ def _batches(
     config: SftConfig | PreferConfig | DrawnConfig, texts: list[tuple[Example, ...]]
 ) -> Iterator[list[Example]]:
     """What is scored at once: in every step, or, where that is drawn yet, in the longest."""
-    size = config.batch_size if not isinstance(config, TrainConfig) else config.prompts_per_step
     if _is_pooled(config):
         size = config.closed_form.batch_size
+    else:
+        size = config.prompts_per_step if isinstance(config, TrainConfig) else config.batch_size
     if isinstance(config, DrawnConfig):
         longest = sorted(texts, key=lambda group: -len(group[0].tokens))
         yield [example for group in longest[:size] for example in group]
@@ -139,12 +141,14 @@ def _reads_reference(config: SftConfig | PreferConfig | DrawnConfig) -> bool:
     return not isinstance(config, SftConfig) and not _is_pooled(config)
 
 
-def _answers(config: DrawnConfig) -> ModelConfig | None:
+def _target(config: DrawnConfig, answers: ModelConfig, trained: PricedModel) -> PricedModel | None:
     """The target, where it takes memory of its own here."""
-    answers = target_of(config.prompter, config.target)
-    mine = config.policy == "target" or answers.endpoint is not None
-    same = answers.name == config.prompter.name and config.prompter.runs_like(answers)
-    return None if mine or same else answers
+    if config.policy == "target" or answers.endpoint is not None:
+        return None
+    target = find_priced(answers.name)
+    if is_shared(config, trained, target):
+        return None
+    return target.held("cpu", answers.resolved_compute)
 
 
 def _positions(config: DrawnConfig, texts: list[tuple[Example, ...]]) -> int:
@@ -164,27 +168,28 @@ def _kv_bytes(config: ModelConfig, model: PricedModel, positions: int) -> int:
 
 
 def _answering(
-    config: TrainConfig, model: PricedModel, models: Mapping[str, PricedModel]
+    config: TrainConfig,
+    answers: ModelConfig,
+    prompts: int,
+    prompter: PricedModel,
+    target: PricedModel,
 ) -> tuple[int, dict[str, Any] | None]:
-    """Positions of the target for its answers, or what an endpoint is asked for them."""
-    answers = target_of(config.prompter, config.target)
-    here = models.get("target", model) if answers.endpoint is None else None
+    """Positions of the target for its answers to so many prompts, or what an endpoint is asked."""
+    here = answers.endpoint is None
     lengths = find_lengths(
         local_prompts(config.data),
         config.prompting,
         config.rewrite.max_new_tokens,
-        model.tokenizer(config.prompter),
-        None if here is None else here.tokenizer(answers),
+        prompter.tokenizer(config.prompter),
+        target.tokenizer(answers) if here else None,
     )
     assert config.num_responses != "auto"  # the configuration's rule
-    prompts = config.closed_form.num_prompts or len(load_prompts(config.data))
     contexts = prompts * (config.closed_form.answers or config.num_rewrites)
-    calls, written = contexts * config.num_responses, config.response.max_new_tokens
-    if here is None:
-        asked = Asked(calls, calls * lengths.target, calls * written)
-        return 0, asked_of(answers, asked)
+    calls = contexts * config.num_responses
+    if not here:
+        return 0, asked_of(config, lengths, calls)
     read = prompts * lengths.target_head + contexts * (lengths.target - lengths.target_head)
-    return read + calls * written, None
+    return read + calls * config.response.max_new_tokens, None
 
 
 def _texts(

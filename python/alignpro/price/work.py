@@ -41,22 +41,10 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What an endpoint is asked, which reads every conversation as a whole."""
-
-    calls: int
-    input_tokens: int
-    output_tokens: int  # at most
-
-    def times(self, steps: int) -> Asked:
-        return Asked(self.calls * steps, self.input_tokens * steps, self.output_tokens * steps)
-
-
-@dataclass(frozen=True)
 class Work:
     phases: tuple[Phase, ...]
     tokens: dict[str, int]
-    asked: Asked | None  # in a step, where the target is not here
+    calls: int  # of the target, where it is not here
     lora_parameters: int
     kv_elements: int  # of keys and values of all sequences of a step at their full length
     alone_kv_elements: int  # of one rewrite and one response
@@ -135,7 +123,7 @@ def count_step(
         )
     if config.tuner != "lora":
         raise ValueError(f"tuner: {config.tuner} is not priced; lora is")
-    sampled, asked = _samplings(config, lengths, prompter, target)
+    sampled, calls = _samplings(config, lengths, prompter, target)
     for one in sampled:
         tokens, limit = one.length + one.wrote, one.model.facts.config["context_length"]
         if tokens > limit:
@@ -158,7 +146,7 @@ def count_step(
         held += (reads.rows + writes.rows) * one.model.facts.kv_elements
     return Work(
         phases=(*phases, *score),
-        asked=asked,
+        calls=calls,
         tokens={
             **counts,
             "generated": sum(one.samples * one.wrote for one in sampled),
@@ -177,8 +165,8 @@ def count_step(
 
 def _samplings(
     config: TrainConfig, lengths: Lengths, prompter: PricedModel, target: PricedModel | None
-) -> tuple[tuple[_Sampling, ...], Asked | None]:
-    """Who samples here in a step, of whom the first is trained; and what an endpoint is asked."""
+) -> tuple[tuple[_Sampling, ...], int]:
+    """Who samples here in a step, of whom the first is trained; and the calls to an endpoint."""
     rewrites, responses = config.num_rewrites, config.num_responses
     if responses == "auto":
         assert config.response_budget is not None  # the configuration's rule
@@ -202,11 +190,9 @@ def _samplings(
         wrote=(config.response if tuned else config.rewrite).max_new_tokens,
     )
     if tuned:
-        return (trained,), None
+        return (trained,), 0
     if target is None:
-        calls = prompts * rewrites * responses
-        read, written = calls * lengths.target, calls * config.response.max_new_tokens
-        return (trained,), Asked(calls, read, written)
+        return (trained,), prompts * rewrites * responses
     answers = _Sampling(
         "target",
         target,
@@ -221,7 +207,7 @@ def _samplings(
         int8=target_of(config.prompter, config.target).compute == "int8",
         lanes=_lanes(target_of(config.prompter, config.target).adapter),
     )
-    return (trained, answers), None
+    return (trained, answers), 0
 
 
 def _lanes(folder: str | None) -> int:
