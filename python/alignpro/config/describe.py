@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import json
@@ -20,7 +19,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal, NamedTuple
 
 from alignpro.config.fields import Range, default_of
-from alignpro.config.keys import type_hints
+from alignpro.config.keys import did_you_mean, type_hints
 
 _WIDTH = 96
 
@@ -166,9 +165,7 @@ def _known(cls: type, key: str) -> set[str]:
     """All keys of a configuration, of which ``key`` must be one."""
     known = {one.path for one in describe(cls)}
     if key not in known:
-        close = difflib.get_close_matches(key, known, n=1)
-        hint = f'; did you mean "{close[0]}"?' if close else ""
-        raise ValueError(f"{key}: no such key{hint}")
+        raise ValueError(f"{key}: no such key{did_you_mean(key, known)}")
     return known
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from alignpro.config.fields import (
     only_default,
     require,
 )
-from alignpro.config.keys import ReadsOldKeys
+from alignpro.config.keys import ReadsOldKeys, did_you_mean
 from alignpro.config.model import PROMPTER, ModelConfig, check_local, target_of
 from alignpro.config.prompting import RESPONSE, REWRITE, Prompting, StageConfig
 from alignpro.types import SamplingParams
@@ -58,10 +57,9 @@ def read_requirement(text: str, arms: Collection[str] = ARMS) -> Requirement:
     left, right, sign, margin = match.groups()
     for name in (left, right):
         if name not in arms:
-            close = difflib.get_close_matches(name, arms, n=1)
-            hint = f'; did you mean "{close[0]}"?' if close else ""
             raise ValueError(
-                f"require: {text}: expected one of the arms {', '.join(arms)}, got {name!r}{hint}"
+                f"require: {text}: expected one of the arms {', '.join(arms)}, got {name!r}"
+                f"{did_you_mean(name, arms)}"
             )
     if left == right:
         raise ValueError(f"require: {text}: expected two arms, got one twice")

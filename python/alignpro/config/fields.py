@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import json
 import math
 import numbers
@@ -24,7 +23,13 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from alignpro.config.keys import alternatives, current_keys, type_hints, unknown_key
+from alignpro.config.keys import (
+    alternatives,
+    current_keys,
+    did_you_mean,
+    type_hints,
+    unknown_key,
+)
 
 T = TypeVar("T")
 
@@ -198,12 +203,9 @@ def _read_choice(value: Any, choices: tuple[Any, ...], name: str) -> Any:
     if value in choices:
         return value
     instead = _INSTEAD.get((name.rpartition(".")[2].partition("[")[0], str(value)))
-    close = difflib.get_close_matches(str(value), [str(c) for c in choices], n=1)
-    advice = instead or (f'did you mean "{close[0]}"?' if close else "")
+    advice = f"; {instead}" if instead else did_you_mean(str(value), map(str, choices))
     listed = ", ".join(map(repr, choices))
-    raise ValueError(
-        f"{name}: expected one of {listed}, got {value!r}" + (f"; {advice}" if advice else "")
-    )
+    raise ValueError(f"{name}: expected one of {listed}, got {value!r}{advice}")
 
 
 def _read_group(value: Any, cls: type[Any], name: str, default: Any) -> Any:

@@ -9,7 +9,7 @@ import logging
 import os
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any
 
 _log = logging.getLogger(__name__)
@@ -167,6 +167,12 @@ def _now(cls: type[Any], names: Mapping[str, str], key: str) -> str | None:
     """What stands for an old key of the class."""
     now = names.get(key) if isinstance(cls, ReadsOldKeys) else None
     return now if now and now.partition(".")[0] in cls.__dataclass_fields__ else None
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """The end of a line that refuses ``given``: the closest that is known, or nothing."""
+    close = difflib.get_close_matches(given, known, n=1)
+    return f'; did you mean "{close[0]}"?' if close else ""
 
 
 def _is_now(key: str, name: str, now: str) -> str:
