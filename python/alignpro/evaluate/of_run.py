@@ -27,6 +27,7 @@ from alignpro.models.mixture import Mixture
 from alignpro.run_directory import (
     CONFIG,
     MARKER,
+    RunConfig,
     command_of,
     config_of_run,
     is_run_dir,
@@ -57,7 +58,8 @@ def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
     if not is_run_dir(run):
         problem = f"no {MARKER} in it" if run.is_dir() else "no such folder"
         raise FileNotFoundError(f"--run {run}: expected the directory of a run ({problem})")
-    config, values = config_of_run(run), _values_of_stage(cls, run)
+    config = config_of_run(run)
+    values = _values_of_stage(cls, run, config)
     if isinstance(config, SftConfig):
         values["prompter"] = replace(config.prompter, adapter=_adapter(run, command_of(SftConfig)))
     else:
@@ -70,17 +72,16 @@ def settings_of_run(cls: type[Stage], run: str | Path) -> Stage:
     return unchecked(cls, values)
 
 
-def _values_of_stage(cls: type[StageConfig], run: Path) -> dict[str, Any]:
+def _values_of_stage(cls: type[StageConfig], run: Path, config: RunConfig) -> dict[str, Any]:
     """Of a stage's configuration what does not wait for the run to be done."""
-    config, values = config_of_run(run), _values_of(run)
+    values = _values_of(run, config)
     if isinstance(config, (TrainConfig, SelfImproveConfig)):
         values["data"] = replace(config.data, split=unchecked(cls, {}).data.split)
     return values
 
 
-def _values_of(run: Path) -> dict[str, Any]:
+def _values_of(run: Path, config: RunConfig) -> dict[str, Any]:
     """What a stage is to have in common with the run."""
-    config = config_of_run(run)
     given = {f.name for f in fields(config)}
     values: dict[str, Any] = {name: getattr(config, name) for name in _OF_RUN if name in given}
     if isinstance(config, (PreferConfig, SftConfig)):
@@ -108,7 +109,8 @@ def _adapter(run: Path, command: str) -> str:
 
 def beside_the_run(config: EvalConfig, run: Path) -> dict[str, Any]:
     """What an evaluation asks for that `settings_of_run` does not say: evaluate.json."""
-    theirs = to_mapping(unchecked(EvalConfig, _values_of_stage(EvalConfig, run)))
+    values = _values_of_stage(EvalConfig, run, config_of_run(run))
+    theirs = to_mapping(unchecked(EvalConfig, values))
     ours = to_mapping(config)
     del ours["trained"], ours["prompter"]
     return {name: value for name, value in ours.items() if value != theirs[name]}
@@ -126,7 +128,7 @@ def say_what_differs(
     run = run_around(*around)
     if run is None:
         return
-    ours, values = to_mapping(config), _values_of(run)
+    ours, values = to_mapping(config), _values_of(run, config_of_run(run))
     names = [name for name in values if name in ours and name not in _FREE]
     theirs = to_mapping(unchecked(type(config), values))
     then, now = fingerprints.read_fingerprints(run), dict(made_from)
