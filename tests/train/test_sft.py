@@ -51,6 +51,8 @@ def test_instructions_are_paired_evenly_and_without_a_look_at_the_prompt(tmp_pat
     [
         ({"instructions": ["a"]}, r"instructions: expected two texts or more, each once, got"),
         ({"instructions": ["a", "b", "a"]}, r"two texts or more, each once"),
+        ({"instructions": ["a", "", " "]}, r"two texts or more, each once"),
+        ({"instructions": ["a", 2]}, r"^instructions\[1\]: expected text, got 2$"),
         (
             {"instructions": "a"},
             r"instructions: expected a list such as \[\.\.\.\] or null, got 'a'",

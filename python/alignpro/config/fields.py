@@ -289,6 +289,9 @@ def _read_union(value: Any, arguments: tuple[Any, ...], name: str, default: Any)
     if isinstance(value, Mapping):  # meant as the group: its own message is the one that helps
         groups = (a for a in arguments if dataclasses.is_dataclass(a) or _is_dict(a))
         arguments = tuple(groups) or arguments
+    elif isinstance(value, Sequence) and not isinstance(value, (str, bytes)):  # as the list
+        lists = (a for a in arguments if typing.get_origin(a) is tuple)
+        arguments = tuple(lists) or arguments
     if len(arguments) == 1:
         return read_value(value, arguments[0], name, default)
     errors: list[str] = []

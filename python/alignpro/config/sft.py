@@ -56,7 +56,7 @@ class SftConfig(PairsFitConfig, metaclass=ReadsOldKeys):
         only_default(self, "schema", "without instructions")
         only_default(self.data, "instruction", "without instructions", "data.")
         texts, count = list(self.instructions), self.instructions_per_prompt
-        distinct = len(texts) > 1 and len(set(texts)) == len(texts)
+        distinct = len(texts) > 1 and len({text.strip() for text in texts}) == len(texts)
         require("instructions", texts, distinct, "two texts or more, each once")
         at_most = f"at most the {len(texts)} instructions there are"
         require("instructions_per_prompt", count, count <= len(texts), at_most)
