@@ -106,6 +106,11 @@ def test_a_closed_form_holds_a_batch_of_its_fit_and_all_that_is_drawn(drawn, tin
     assert price_fit(drawn(target=bounded))["memory"][TARGET_KV] == 4096
 
 
+def test_more_prompts_than_there_are_are_refused_as_by_the_run(drawn):
+    with pytest.raises(ValueError, match=r"num_prompts: expected at most the 8 prompts there are"):
+        price_fit(drawn(closed_form={"num_prompts": 9}))
+
+
 def test_of_an_endpoint_a_closed_form_asks_once(drawn):
     there = {"model": "big", "endpoint": "http://127.0.0.1:9/v1"}
     every = price_fit(drawn(target=there))

@@ -26,7 +26,7 @@ from alignpro.price.models import PricedModel, find_priced
 from alignpro.price.work import lora_parameters, score_bytes
 from alignpro.train.micro_batches import Activations, fit_micro_batches
 from alignpro.train.preference import encode_preference, fit_preferences
-from alignpro.train.schedule import batch_indices
+from alignpro.train.schedule import batch_indices, count_prompts
 from alignpro.train.sft import Example, encode_pairs, end_of_turn, fit_pairs, read_pairs
 
 
@@ -220,7 +220,7 @@ def _longest_texts(
     """Of each prompt the pair, or the rewrites, as long as they may become."""
     rows = load_prompts(config.data)
     if isinstance(config, TrainConfig):
-        rows = rows[: config.closed_form.num_prompts]
+        rows = rows[: count_prompts(config, len(rows))]
         count = 1 if _is_pooled(config) else config.num_rewrites
     else:
         rows, count = rows[: config.num_prompts], 2

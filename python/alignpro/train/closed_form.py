@@ -44,6 +44,7 @@ from alignpro.train.pooled import Pool, Target, distinct_responses, draw
 from alignpro.train.schedule import (
     apply_gradients,
     batch_indices,
+    count_prompts,
     make_optimizer,
     rate_factor,
 )
@@ -73,12 +74,7 @@ class ClosedFormFit(TrainingRun):
     """
 
     def _begin(self, value_head: torch.nn.Module | None) -> None:
-        count, rows = self.config.closed_form.num_prompts, len(self.prompts)
-        if count is not None and count > rows:
-            raise ValueError(
-                f"closed_form.num_prompts: expected at most the {rows} prompts there are, "
-                f"got {count}"
-            )
+        count_prompts(self.config, len(self.prompts))
         folder = self.config.closed_form.mixture
         self._mixture = None
         if folder is not None:
@@ -275,7 +271,7 @@ class ClosedFormFit(TrainingRun):
     def _order(self) -> list[int]:
         """The prompts that are rolled out: a shuffled pass over all, or so many of it."""
         rows = len(self.prompts)
-        count = self.config.closed_form.num_prompts or rows
+        count = count_prompts(self.config, rows)
         return batch_indices(seed=self.config.seed, cursor=0, count=count, rows=rows)
 
     def rollouts(

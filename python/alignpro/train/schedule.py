@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import torch
 
-from alignpro.config import FitConfig
+from alignpro.config import FitConfig, TrainConfig
 
 
 def batch_indices(*, seed: int, cursor: int, count: int, rows: int) -> list[int]:
@@ -23,6 +23,16 @@ def batch_indices(*, seed: int, cursor: int, count: int, rows: int) -> list[int]
     return [
         _permutation(seed, (cursor + i) // rows, rows)[(cursor + i) % rows] for i in range(count)
     ]
+
+
+def count_prompts(config: TrainConfig, rows: int) -> int:
+    """Prompts that the closed form rolls out, of so many. Raises ValueError for too few."""
+    count = config.closed_form.num_prompts
+    if count is not None and count > rows:
+        raise ValueError(
+            f"closed_form.num_prompts: expected at most the {rows} prompts there are, got {count}"
+        )
+    return count or rows
 
 
 def rate_factor(config: FitConfig, step: int) -> float:
